@@ -17,7 +17,7 @@ setup: $(VENV)/.linked
 	@$(BIN)/python -m wmcache.envs.check >/dev/null 2>&1 && $(BIN)/python -c 'import cv2' 2>/dev/null || scripts/install-gl.sh $(BIN)/python
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt excludes.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(INSTALL) --constraint constraints.txt --excludes excludes.txt --editable '.[dev]'
 	@touch $@

@@ -26,6 +26,7 @@ from wmcache.cache.store import TokenStore
 from wmcache.cache.writer import StoreWriter
 from wmcache.cluster.tasks import open_pool
 from wmcache.common.errors import UserError
+from wmcache.common.files import make_folder
 from wmcache.common.jsonfiles import MOST_JSON_BYTES, dump_json, seal
 from wmcache.common.space import require_space
 from wmcache.pipeline.encoders import Encoder
@@ -165,6 +166,8 @@ def measure_scale(
     Raises:
         UserError: too little space, or `keep` has such a store already.
     """
+    if keep is not None:
+        make_folder(keep)
     with (
         tempfile.TemporaryDirectory(prefix="wmcache-scale-", dir=keep) as folder,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process,

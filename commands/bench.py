@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from wmcache.commands import shared
 from wmcache.commands.command import Command, Group, take_chosen
@@ -180,8 +181,11 @@ def bench_plan(
 
     if (run is None) == (not runs):
         raise click.UsageError("give one --run, to measure it against DINO-WM's own code, or one --model or more")
-    if run is not None and (keep or reference):
-        raise click.UsageError("--keep and --reference are columns beside a --model; give that instead of --run")
+    given = click.get_current_context().get_parameter_source("episodes") is not ParameterSource.DEFAULT
+    if run is not None and (keep or reference or landscape or settings["context"] or given):
+        raise click.UsageError(
+            "--keep, --reference, --landscape, --context and --episodes are for --model; give that instead of --run"
+        )
     moved = {name: settings.pop(name) for name in ("weights", "cache")}
     chosen = {name: settings.pop(name) for name in ("context", "dtype", "device")}
     if run is not None:

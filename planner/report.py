@@ -71,10 +71,8 @@ def write_report(
     """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
     options, actors, env = results["options"], actors_of(results), context.env
-    geometry, thresholds = context.success.geometry, context.success.thresholds
-    if context.success.named:
-        thresholds = (results["threshold"],)
-    write_episodes(out / "episodes.parquet", episodes, thresholds)
+    geometry, thresholds = context.success.geometry, [judged["threshold"] for judged in results.get("by_threshold", ())]
+    write_episodes(out / "episodes.parquet", episodes, thresholds, options["seed"])
     pictures = {"training": draw_training(run)}
     if context.by_return:
         pictures["returns"] = draw_returns(episodes)
@@ -168,9 +166,13 @@ def describe_making(device: torch.device) -> dict[str, str]:
     return {"wmcache": __version__, "date": date, "machine": ", ".join(parts)}
 
 
-def write_episodes(path: Path, episodes: Episodes, thresholds: Sequence[float]) -> None:
-    """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never)."""
-    columns: dict[str, Any] = {"episode": np.arange(len(episodes.start))}
+def write_episodes(path: Path, episodes: Episodes, thresholds: Sequence[float], first: int = 0) -> None:
+    """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never).
+
+    Args:
+        first: number of the first episode.
+    """
+    columns: dict[str, Any] = {"episode": first + np.arange(len(episodes.start))}
     columns |= {"start": list(episodes.start), "goal": list(episodes.goal)}
     if episodes.rewards.size:
         columns |= {"return": episodes.rewards.sum(1), "rewards": list(episodes.rewards)}

@@ -36,17 +36,18 @@ def write_videos(
         measure = episodes.distance(episodes.start, episodes.goal)
     written = []
     for i in np.argsort(-np.where(np.isfinite(measure), measure, -1.0), kind="stable")[:count].tolist():
-        path = folder / f"episode-{i:03d}.mp4"
+        number = options.seed + i
+        path = folder / f"episode-{number:03d}.mp4"
         write_mp4(path, _frames(episodes, context, options, i), max(1, round(context.env.spec.fps)))
         found = f"return {measure[i]:.1f}"
         if not success.by_return:
-            found = f"{measure[i]:.1f} from the goal: {_outcome(episodes, context, options, i)}"
-        written.append((f"episode {i}{':' if success.by_return else ','} {found}", path))
+            found = f"{measure[i]:.1f} from the goal: {_outcome(episodes, options, i)}"
+        written.append((f"episode {number}{':' if success.by_return else ','} {found}", path))
     return written
 
 
-def _outcome(episodes: Episodes, context: EvalContext, options: PlanOptions, i: int) -> str:
-    threshold = next(iter(context.success.thresholds), options.threshold)
+def _outcome(episodes: Episodes, options: PlanOptions, i: int) -> str:
+    threshold = options.threshold
     assert threshold is not None
     arrived = bool((episodes.distances()[i] < threshold).any())
     return f"within {threshold} after {int(env_steps(episodes, threshold)[i])} env steps" if arrived else "not reached"

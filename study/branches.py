@@ -17,7 +17,11 @@ from wmcache.planner.options import BASELINES, SOURCES, PlanOptions, absolute_fi
 from wmcache.study.cells import ENCODER_OPTIONS, Cell
 from wmcache.study.models import UNTRAINED, ModelChoice
 from wmcache.study.options import EncoderChoice, StudyOptions
+from wmcache.trainer.options import ActorOptions, TrainOptions
 from wmcache.trainer.options import recorded as recorded_training
+
+FREE = ("device", "residence", "log_every", "validate_every", "checkpoint_every")
+"""Settings of a training that change no result."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,22 @@ def make_branches(options: StudyOptions, fingerprint: str) -> list[Branch]:
 def _add_models(branch: Branch, options: StudyOptions) -> None:
     name, model, extract = branch.choice.name, branch.model, branch.extract
     for fraction in reversed(options.fractions):
-        settings = {**recorded_training(model.train), "seed": branch.seed, "episodes_fraction": fraction}
+        settings, how = _split(recorded_training(model.train), TrainOptions(), FREE)
+        settings |= {"seed": branch.seed, "episodes_fraction": fraction}
         label = f"{branch.label}, seed {branch.seed}, {fraction:.0%} of the episodes"
-        branch.train[fraction] = Cell("train", name, f"train {label}", settings, {"extract": extract})
+        branch.train[fraction] = Cell("train", name, f"train {label}", settings, {"extract": extract}, how=how)
         inputs = {"train": branch.train[fraction], "extract": extract}
         if model.actor is not None:
-            settings = {**asdict(model.actor), "seed": branch.seed}
-            branch.actor[fraction] = Cell("actor", name, f"actor {label}", settings, dict(inputs))
+            settings, how = _split(asdict(model.actor), ActorOptions(), FREE)
+            settings["seed"] = branch.seed
+            branch.actor[fraction] = Cell("actor", name, f"actor {label}", settings, dict(inputs), how=how)
             inputs["actor"] = branch.actor[fraction]
         for plan in options.plan:
-            if (how := model.options(plan)) is not None:
-                settings, files = _plan_settings(how)
-                branch.plan[fraction, plan.name] = Cell("plan", name, f"{plan.name} {label}", settings, inputs, files)
+            if (options_of_plan := model.options(plan)) is not None:
+                settings, files = _plan_settings(options_of_plan)
+                settings, how = _split(settings, PlanOptions(), ("device", "batch"))
+                what = f"{plan.name} {label}"
+                branch.plan[fraction, plan.name] = Cell("plan", name, what, settings, inputs, files, how)
 
 
 def _add_baselines(branch: Branch, options: StudyOptions, known: Collection[tuple[str, str]]) -> None:
@@ -98,6 +106,12 @@ def _add_baselines(branch: Branch, options: StudyOptions, known: Collection[tupl
                 settings={**evaluated.settings, **changed},
                 inputs={role: evaluated.inputs[role] for role in ("train", "extract")},
             )
+
+
+def _split(settings: dict[str, Any], usual: Any, free: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings with the usual values of those that change no result, and these as they are."""
+    how = {name: settings[name] for name in free if name in settings}
+    return settings | {name: getattr(usual, name) for name in how}, how
 
 
 def _extract_cell(choice: EncoderChoice, seed: int, options: StudyOptions, fingerprint: str) -> Cell:

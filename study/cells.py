@@ -70,6 +70,7 @@ class Cell:
         stage: in PRODUCTS.
         name: of the encoder.
         settings: plain JSON values; of files the SHA-256 of their content.
+        how: settings that change no result, and so no key.
         inputs: role -> the cell whose result it takes.
         files: setting -> path.
     """
@@ -80,6 +81,7 @@ class Cell:
     settings: dict[str, Any]
     inputs: Mapping[str, Cell] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def key(self) -> str:
@@ -131,6 +133,8 @@ def do_cell(work: Workspace, cell: Cell, *, resumed: bool, shared: Mapping[str, 
     inputs = {role: f"{other.stage}-{other.key}" for role, other in cell.inputs.items()}
     known = {"stage": cell.stage, "label": cell.label, "settings": cell.settings, "inputs": inputs}
     write_json(work.file(cell), {**known, "seconds": seconds, "resumed": resumed, "result": result})
+    for unfinished in work.product(cell).glob("unfinished-*"):
+        shutil.rmtree(unfinished)
 
 
 def create_encoder(work: Workspace, cell: Cell) -> Encoder:
@@ -206,7 +210,7 @@ def _probe(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
-    run, options = work.product(cell), TrainOptions(**cell.settings)
+    run, options = work.product(cell), TrainOptions(**{**cell.settings, **cell.how})
     path = work.product(cell.inputs["extract"])
     train(path, run, options)
     store, device = TokenStore.open(path), choose_device(options.device)
@@ -225,13 +229,17 @@ def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _actor(work: Workspace, cell: Cell) -> dict[str, Any]:
-    run, out, options = work.product(cell.inputs["train"]), work.product(cell), ActorOptions(**cell.settings)
+    run, out, options = (
+        work.product(cell.inputs["train"]),
+        work.product(cell),
+        ActorOptions(**{**cell.settings, **cell.how}),
+    )
     found = train_actor(run, out, options, cache=work.product(cell.inputs["extract"]))
     return {**found, "parameters": _count(load_actor(out, run, choose_device(options.device))[1].actor)}
 
 
 def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
-    out, settings, extracted = work.product(cell), {**cell.settings, **cell.files}, cell.inputs["extract"]
+    out, settings, extracted = work.product(cell), {**cell.settings, **cell.how, **cell.files}, cell.inputs["extract"]
     untrained = settings.pop(UNTRAINED, False)
     if actor := cell.inputs.get("actor"):
         settings["policy"] = str(work.product(actor))
@@ -240,13 +248,10 @@ def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
     where = {"weights": _weights_of(work, extracted), "cache": work.product(extracted)}
     setting = EvalContext(work.product(cell.inputs["train"]), options, **where, untrained=untrained)
     episodes, results = evaluate(setting, options, out)
-    thresholds = setting.success.thresholds or (results["threshold"],)
-    write_episodes(out / "episodes.parquet", episodes, thresholds)
-    for unfinished in out.glob("unfinished-*"):
-        shutil.rmtree(unfinished)
+    thresholds = [judged["threshold"] for judged in results["by_threshold"]]
+    write_episodes(out / "episodes.parquet", episodes, thresholds, options.seed)
     distances = episodes.distances()
-    reached = {str(at): (distances < at).any(1).astype(int).tolist() for at in (*thresholds, results["threshold"])}
-    return {**results, "reached": reached}
+    return {**results, "reached": {str(at): (distances < at).any(1).astype(int).tolist() for at in thresholds}}
 
 
 STAGES = {"fit": _fit, "extract": _extract, "probe": _probe, "train": _train, "actor": _actor, "plan": _plan}

@@ -28,7 +28,7 @@ class Evaluation:
 
     Attributes:
         name: in tables; that of its protocol by default.
-        thresholds: that tables report beside its own, the largest first; known once there are frames, see `run.settled`.
+        thresholds: that tables report, its own among them, the largest first; known once there are frames, see `run.settled`.
         untrained_episodes: of the baseline `untrained`, the first ones; None: all.
     """
 
@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def baselines(self) -> list[str]:
-        """Names of its baselines, each once."""
+        """Names of its baselines, each once; `random` and `zero` are always evaluated."""
         return [name for name in dict.fromkeys(self.options.baselines.split(",")) if name]
 
 

@@ -132,12 +132,13 @@ def evaluate_part(
     plan = plan if baselines else replace(plan, baselines="")
     context = EvalContext(run, plan)
     episodes, found = evaluate(context, plan, out, cluster)
-    write_episodes(out / "episodes.parquet", episodes, context.env.spec.thresholds)
+    thresholds = [judged["threshold"] for judged in found.get("by_threshold", ())]
+    write_episodes(out / "episodes.parquet", episodes, thresholds, plan.seed)
     if videos:
         write_videos(out / "videos", episodes, context, context.settled(plan), videos)
+    write_json(out / "results.json", found)
     for unfinished in out.glob("unfinished-*"):
         shutil.rmtree(unfinished)
-    write_json(out / "results.json", found)
 
 
 def figures_of(results: Row) -> Row:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from wmcache.cluster.tasks import log
-from wmcache.common.files import sync, temporary_for
+from wmcache.common.files import sweep, sync, temporary_for
 from wmcache.common.jsonfiles import read_json, write_json
 from wmcache.pipeline.frames import FrameDataset, is_complete
 from wmcache.planner.collect import collect
@@ -109,10 +109,13 @@ class _Round:
         """Go on with the run of the round before, on the stores of all rounds so far."""
         run, own, rounds = self.path("runs"), self.options.train, self.number
         if rounds > 1 and not run.exists():
+            sweep(run.parent)
             temporary = temporary_for(run)
             shutil.copytree(
                 self.before().path("runs"), temporary, symlinks=True, ignore=shutil.ignore_patterns("plan-*")
             )
+            for file in temporary.rglob("*"):
+                sync(file)
             temporary.rename(run)
             sync(run.parent)
         first, *more = (replace(self, number=number).path("stores", ".zarr") for number in range(1, rounds + 1))

@@ -24,7 +24,7 @@ from wmcache.common.files import make_folder
 from wmcache.common.folders import home
 from wmcache.common.jsonfiles import write_json
 from wmcache.common.locks import exclusive
-from wmcache.common.paths import absolute, as_path
+from wmcache.common.paths import absolute, as_path, exists
 from wmcache.common.progress import seconds_between_updates
 from wmcache.envs import distraction_of, find_environment, open_environment
 from wmcache.pipeline.collect import collect
@@ -32,6 +32,7 @@ from wmcache.pipeline.encoders import Encoder
 from wmcache.pipeline.extract import extract_together, with_log_variances
 from wmcache.pipeline.frames import DatasetCard, FrameDataset
 from wmcache.pipeline.options import CollectOptions
+from wmcache.planner.judge import reported_thresholds
 from wmcache.study.branches import Branch, make_branches
 from wmcache.study.cells import Cell, Workspace, create_encoder, do_cell
 from wmcache.study.models import Evaluation
@@ -45,8 +46,8 @@ def open_frames(options: StudyOptions) -> FrameDataset:
     """Open the study's frames, collected first if they are missing; raise UserError where their settings are not the study's."""
     wanted = options.collect
     world = open_environment((wanted or CollectOptions()).env).spec
-    path = Path(options.dataset) if options.dataset else home() / world.dataset
-    if wanted is not None and not (path / "dataset.json").exists():
+    path = as_path(options.dataset) if options.dataset else home() / world.dataset
+    if wanted is not None and not exists(path / "dataset.json"):
         settings = asdict(wanted)
         collect(settings.pop("env"), path, cluster=options.cluster, **settings)
     dataset = FrameDataset.open(path)
@@ -86,7 +87,8 @@ def _with_thresholds(plan: Evaluation, card: DatasetCard) -> Evaluation:
         raise UserError(
             f"plan {plan.name}: environment {env.spec.id} has no goal; add judge_columns and a threshold to [[plan]]"
         )
-    return replace(plan, options=replace(chosen, threshold=chosen.threshold or thresholds[0]), thresholds=thresholds)
+    reported = tuple(reported_thresholds(thresholds, chosen.threshold))
+    return replace(plan, options=replace(chosen, threshold=chosen.threshold or thresholds[0]), thresholds=reported)
 
 
 def run_study(options: StudyOptions, out: Path) -> tuple[StudyOptions, list[Branch], Workspace, dict[str, str]]:

@@ -80,6 +80,21 @@ def test_the_episodes_can_be_read_by_other_tools(plan: Plan) -> None:
         assert rows[f"env_steps_{threshold}"] == expected.tolist()
 
 
+def test_the_evaluations_own_threshold_and_numbers_of_episodes_are_reported(
+    context: EvalContext, run_path: Path, tiny_plan: PlanOptions, tmp_path: Path
+) -> None:
+    options = replace(tiny_plan, threshold=3.0, strict=False, seed=100, episodes=2)
+    episodes, results = evaluate(context, options, tmp_path / "plan")
+    write_report(tmp_path / "plan", run_path, context, episodes, results, "wmplan")
+    rows = pq.read_table(tmp_path / "plan/episodes.parquet").to_pydict()
+    assert rows["episode"] == [100, 101]
+    assert [name for name in rows if name.startswith("env_steps_")] == [
+        f"env_steps_{at}" for at in (3.0, 0.5, 0.25, 0.1)
+    ]
+    assert {file.name for file in (tmp_path / "plan/videos").iterdir()} == {"episode-100.mp4", "episode-101.mp4"}
+    assert (tmp_path / "plan/report.html").read_text().count("within 3.0 after") == results["successes"] > 0
+
+
 class TestPage:
     def test_it_needs_no_other_file(self, html: str) -> None:
         # Four pictures and a video for each of the three episodes.

@@ -81,6 +81,21 @@ def test_an_evaluation_of_any_pairs_has_the_key_that_it_had_before_strict(
         assert {name: value for name, value in plan.settings.items() if name == "strict"} == saved
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("steps = 4", "steps = 4\nlog_every = 7\nvalidate_every = 9\ncheckpoint_every = 8", True),
+        ("budget = 10", "budget = 10\nbatch = 1", True),
+        ("budget = 10", "budget = 15", False),
+    ],
+)
+def test_settings_that_change_no_result_change_no_key(branches: Branches, old: str, new: str, same: bool) -> None:
+    before, after = branches(), branches(old, new)
+    assert (keys_of(before, "pixels") == keys_of(after, "pixels")) is same
+    options = [cells.PlanOptions(**{**cell.settings, **cell.how}) for cell in after[0].plan.values()]
+    assert {plan.batch for plan in options} == {1 if "batch" in new else cells.PlanOptions.batch}
+
+
 def test_a_second_run_does_nothing(study_path: Path, write_study: Write, copy: Path, tmp_path: Path) -> None:
     before = cell_files(copy)
     result = run_command(write_study(tmp_path), copy, "--json")
