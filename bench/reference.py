@@ -77,7 +77,7 @@ class PlanRace:
         """Encode the present frame once; returns the cost of this implementation."""
         context, model = self.context, self.model
         model.context = model.shape.history  # as the reference
-        mpc = Mpc(model, self.solver, self.objective, self.horizon, context.frameskip, context.device, dtype)
+        mpc = Mpc(model, self.solver, self.objective, self.horizon, context.device, dtype)
         belief = model.observe(model.start(1), context.encoder(self.frame[None]), self.proprio[None], None)
         return mpc.cost_of(belief, [torch.Generator()])
 

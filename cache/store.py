@@ -243,8 +243,9 @@ class TokenStore:
     ) -> Windows:
         """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough.
 
-        With `goals`, at least one goal follows each window. With `whole`, windows are whole episodes from their first frames on, cut into
-        pieces of at most `history` + `predict` frames (see `episode_pieces`), and no longer than the longest piece.
+        With `goals`, at least one goal follows each window. Where the store has rewards or ends, those of all its frames are known. With
+        `whole`, windows are whole episodes from their first frames on, cut into pieces of at most `history` + `predict` frames (see
+        `episode_pieces`), and no longer than the longest piece.
         """
         episodes = self.split(split, seed, fraction)
         if whole:
@@ -253,8 +254,18 @@ class TokenStore:
             return Windows(self, starts, int(lengths.max()) - predict, predict, frameskip, dropped, lengths=lengths)
         span = (history + predict) * frameskip + (goals is not None)
         starts, dropped = window_starts(self.episode, episodes, span)
+        if self.reward is not None or self.terminated is not None:
+            starts = starts[self._are_measured(starts + span - 1)]
         self._require_windows(starts, split, span)
         return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)
+
+    def _are_measured(self, frames: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the env step that starts at each frame was taken: it has a frame after it, or ended its episode."""
+        ends = np.append(self.episode[1:] != self.episode[:-1], True)
+        if self.terminated is not None:
+            ends &= ~self.terminated
+        measured: NDArray[np.bool_] = ~ends[frames]
+        return measured
 
     def _require_windows(self, starts: NDArray[np.int64], split: str, span: int) -> None:
         if not len(starts):
@@ -307,9 +318,9 @@ class TokenStore:
         """Return the episodes of a split, see `split_episodes`."""
         return split_episodes(self.episodes, split, seed, fraction)
 
-    def frames_of(self, split: str, seed: int = 42) -> NDArray[np.int64]:
+    def frames_of(self, split: str, seed: int = 42, fraction: float = 1.0) -> NDArray[np.int64]:
         """Return the frames of a split, ascending."""
-        return np.flatnonzero(np.isin(self.episode, self.split(split, seed)))
+        return np.flatnonzero(np.isin(self.episode, self.split(split, seed, fraction)))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

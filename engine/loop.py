@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -140,7 +140,8 @@ def run(task: Task[B], options: LoopOptions, folder: Path, progress: Progress, r
             if save:
                 _require_finite_weights(task, batch, done, options, ranks)
             if ranks.is_main and (done % options.validate_every == 0 or done == last):
-                result = _validate(task, done, log, ranks)
+                with _kept_generators(options.device):
+                    result = _validate(task, done, log, ranks)
             if save and ranks.is_main:
                 save_checkpoint(folder, replace(progress, step=done, finished=done == last), task.network, optimiser)
                 saved = time.monotonic()
@@ -176,9 +177,16 @@ def _compute_gradients(
 def _require_finite_weights(task: Task[B], batch: B, step: int, options: LoopOptions, ranks: Ranks) -> None:
     """Refuse to save weights that are not finite or give such a loss."""
     task.network.eval()
-    with torch.no_grad(), autocast(options.device, options.dtype):
+    with torch.no_grad(), autocast(options.device, options.dtype), _kept_generators(options.device):
         loss = ranks.all_reduce({"loss": task.next_loss(batch)})[0]["loss"]
     require_finite(task, step, [loss, *task.network.state_dict().values()])
+
+
+@contextmanager
+def _kept_generators(device: torch.device) -> Iterator[None]:
+    """Keep what training draws the same, whatever is drawn inside and how often."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def require_finite(task: Task[B], step: int, values: Iterable[Tensor]) -> None:

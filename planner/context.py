@@ -44,6 +44,7 @@ from wmcache.planner.success import success_of
 from wmcache.planner.world import draw_again, draw_states, open_world, world_name
 from wmcache.trainer.models import WorldModel
 from wmcache.trainer.runs import (
+    data_split,
     load_trained,
     moved_caches,
     needs_world_model,
@@ -212,8 +213,9 @@ class EvalContext:
 
     @cached_property
     def cached_graph(self) -> LatentGraph:
-        """Graph of the store's frames."""
-        return LatentGraph.from_store(self.store, self.frameskip, self.device)
+        """Graph of the frames that the run was trained on."""
+        episodes = self.store.split("train", *data_split(self.config))
+        return LatentGraph.from_store(self.store, self.frameskip, self.device, episodes)
 
     @property
     def world_model(self) -> WorldModel:

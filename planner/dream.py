@@ -18,7 +18,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.trainer.dreaming import constant_reward, goal_distance, imagined_reward, load_dreams
 from wmcache.trainer.models import Belief, Imagined
-from wmcache.trainer.runs import open_store, read_config
+from wmcache.trainer.runs import data_split, open_store, read_config
 
 LEAST_CONTINUES = 0.5
 """An imagined episode ends where the probability that it goes on is below this: the paper's logit of 0."""
@@ -87,13 +87,13 @@ class Dream:
         self._block = BLOCKS.get(self.device.type, LARGE_BLOCK)
         self.model, self.dreams = load_dreams(run, self.device, temperature)
         self.store, config = open_store(run, cache), read_config(run)
-        self.frameskip, seed = int(config["frameskip"]), int(config.get("split_seed", 42))
+        self.frameskip, (seed, fraction) = int(config["frameskip"]), data_split(config)
         self.action = action_space(self.store)
         self.length = max(1, (self.store.longest_episode() - 1) // self.frameskip)
         self.needs_goals = not (self.model.shape.has_reward or self.model.shape.has_end)
         self._each = constant_reward(self.store)
-        self._starts = np.searchsorted(self.store.episode, self.store.split(split, seed))
-        self._goals = ("val" if split == "train" else split, seed)
+        self._split = (split, seed, fraction if split == "train" else 1.0)
+        self._starts = np.searchsorted(self.store.episode, self.store.split(*self._split))
 
     @property
     def temperature(self) -> float:
@@ -194,7 +194,7 @@ class Dream:
         starts, goal_latents, goal = drawn(self._starts, seeds, 1), None, None
         latents, belief = self._observe(starts)
         if goals:
-            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._goals), seeds, 2))
+            goal_latents, remembered = self._observe(drawn(self.store.frames_of(*self._split), seeds, 2))
             goal = self.dreams.features(remembered)["latent"]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         ended = torch.zeros(len(seeds), dtype=torch.bool, device=self.device)

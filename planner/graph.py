@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import dijkstra
 from torch import Tensor
@@ -47,10 +48,15 @@ class LatentGraph:
     frames: Tensor
 
     @classmethod
-    def from_store(cls, store: TokenStore, frameskip: int, device: torch.device) -> LatentGraph:
-        """Build the graph of a store, from at most FRAMES of its model steps; the same for the same store."""
-        last = len(store) - frameskip
-        pairs = np.flatnonzero(store.episode[:last] == store.episode[frameskip:]) if last > 0 else np.empty(0, int)
+    def from_store(
+        cls, store: TokenStore, frameskip: int, device: torch.device, episodes: NDArray[np.int64] | None = None
+    ) -> LatentGraph:
+        """Build the graph of a store, or of some of its episodes, from at most FRAMES of their model steps; the same for the same ones."""
+        last = max(0, len(store) - frameskip)
+        within = store.episode[:last] == store.episode[frameskip:]
+        if episodes is not None:
+            within &= np.isin(store.episode[:last], episodes)
+        pairs = np.flatnonzero(within)
         if not len(pairs):
             raise UserError(f"no two frames are {frameskip} env steps apart: {store.path}; choose --distance latent")
         chosen = np.sort(np.random.default_rng(0).choice(pairs, min(len(pairs), FRAMES), replace=False))

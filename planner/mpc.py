@@ -44,7 +44,6 @@ class Mpc:
     solver: Solver
     objective: Objective
     horizon: int
-    frameskip: int
     device: torch.device
     dtype: torch.dtype
     bounds: tuple[Tensor, Tensor] | None = None
@@ -138,6 +137,9 @@ def make_mpc(context: EvalContext, options: PlanOptions, goal: Tensor, goal_prop
     goal, graph = goal.float(), context.graph
     to_goal = None if graph is None else graph.to_goal(goal)
     cost = context.world_model.cost
+    if options.mask and type(context.world_model).cost is not WorldModel.cost:
+        model = context.config["model"]
+        raise UserError(f"--mask compares tokens, and {model} has an objective of its own; leave it out")
     objective = GoalDistance(goal, options.objective, options.alpha, proprio, graph, to_goal, cost=cost)
     return _mpc_of(context, options, objective, goal)
 
@@ -173,14 +175,13 @@ def require_reward(context: EvalContext) -> None:
 
 
 def _mpc_of(context: EvalContext, options: PlanOptions, objective: Objective, goal: Tensor | None = None) -> Mpc:
-    sizes = (options.horizon, context.frameskip)
     low, high = (
         torch.from_numpy(np.tile(bound, context.frameskip)).to(context.device) for bound in context.action_bounds
     )
     bounds = None if (low == -1).all() and (high == 1).all() else (low, high)
     propose = _proposals_of(context, options.horizon, goal)
     model, keep = context.world_model, options.keep_tokens
-    return Mpc(model, context.solver, objective, *sizes, context.device, context.dtype, bounds, propose, keep)
+    return Mpc(model, context.solver, objective, options.horizon, context.device, context.dtype, bounds, propose, keep)
 
 
 def require_keep(context: EvalContext, options: PlanOptions) -> None:

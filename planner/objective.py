@@ -11,7 +11,6 @@ from torch import Tensor
 from wmcache.planner.graph import LatentGraph
 from wmcache.trainer.models import Imagined, latent_distance, take_patches
 
-MODES = ("last", "all")
 Objective = Callable[[Imagined, slice], Tensor]
 """Scores imagined futures of these e episodes of all -> costs [e, S]."""
 

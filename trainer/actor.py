@@ -38,6 +38,7 @@ from wmcache.trainer.imagination import NOISE, Batch, Imagination, Starts, open_
 from wmcache.trainer.models import Belief
 from wmcache.trainer.options import ActorOptions
 from wmcache.trainer.runs import (
+    data_split,
     differences,
     foreign_identity,
     is_run,
@@ -126,9 +127,9 @@ def _train(
             done = read_json(out / "validation.json", "move it away, then run the same command again")
             if done.get("step") == read_progress(last_checkpoint(out)).step >= options.steps:
                 return done
-    seed = int(read_config(run).get("split_seed", 42))
-    starts = Starts(store, dream.windows(store, options.observed, "train", seed), options, seed)
-    held_out = Starts(store, dream.windows(store, options.observed, "val", seed), options, seed, "val")
+    split = data_split(read_config(run))
+    starts = Starts(store, dream.windows(store, options.observed, "train", *split), options, "train", *split)
+    held_out = Starts(store, dream.windows(store, options.observed, "val", split[0]), options, "val", split[0])
     dream.scale = dream.mean_distance(starts)
     torch.manual_seed(options.seed)
     network = ActorCritic(shape, options).to(dream.device)

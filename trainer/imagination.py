@@ -62,10 +62,10 @@ class Imagination:
         """Whether the reward is minus the distance to a goal."""
         return GOAL in self.inputs
 
-    def windows(self, store: TokenStore, observed: int, split: str, seed: int) -> Windows:
+    def windows(self, store: TokenStore, observed: int, split: str, seed: int, fraction: float = 1.0) -> Windows:
         """Return the windows that imagination starts from; a later frame follows each where there are goals."""
         goals = Goals() if self.has_goals else None
-        return store.windows(observed, 0, self.frameskip, split, seed=seed, goals=goals)
+        return store.windows(observed, 0, self.frameskip, split, seed=seed, fraction=fraction, goals=goals)
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> tuple[list[Belief], dict[str, Tensor]]:
@@ -143,14 +143,15 @@ class Starts:
     """Batches of windows and goals; batch k depends on k and the seed alone.
 
     Attributes:
-        split_seed, split: of the frames that goals are drawn from.
+        split, split_seed, fraction: of the frames that goals are drawn from.
     """
 
     store: TokenStore
     windows: Windows
     options: ActorOptions
+    split: str
     split_seed: int
-    split: str = "train"
+    fraction: float = 1.0
 
     def batch(self, step: int, size: int) -> Batch:
         """Read a batch of windows."""
@@ -159,7 +160,7 @@ class Starts:
         gathered, _ = windows.with_goals(frames, goal_draws(seed, step, size) if windows.goals else None)
         if windows.goals:
             rng = np.random.default_rng((seed, step, ANY_GOAL))
-            others = rng.choice(self.store.frames_of(self.split, self.split_seed), size)
+            others = rng.choice(self.store.frames_of(self.split, self.split_seed, self.fraction), size)
             gathered[:, -1] = np.where(rng.random(size) < self.options.hindsight, gathered[:, -1], others)
         tokens = self.store.gather(gathered.ravel())
         rows = {**windows.split(tokens.reshape(*gathered.shape, *tokens.shape[1:])), **windows.steps(frames)}

@@ -119,7 +119,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mlp": 2048,
     },
     # configs/train/vitg16/droid-256px-8f.yaml of V-JEPA 2: 8 frames, 4 per second where the data has 20; 315 epochs of 300 steps. The rate
-    # warms up for 15 epochs, there from 7.5e-5, and decays for 15. Reduce --batch-size, or add --accumulate, where memory is short.
+    # warms up for 15 epochs, there from 7.5e-5, and decays for 15, there linearly. Reduce --batch-size, or add --accumulate, where memory
+    # is short.
     "vjepa2-ac": {
         "model": "vjepa2-ac",
         "proprio": "raw",

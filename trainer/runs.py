@@ -183,8 +183,13 @@ def needs_world_model(run: Path) -> UserError:
     )
 
 
+def data_split(config: Mapping[str, Any]) -> tuple[int, float]:
+    """Return the seed of a run's split into train and val episodes, and the share of the train episodes that it was trained on."""
+    return int(config.get("split_seed", 42)), float(config.get("episodes_fraction", 1.0))
+
+
 def load_trained(run: Path, device: torch.device, *, untrained: bool = False) -> Trainable:
-    """Load the newest model or policy of a run, frozen; `untrained` draws random weights instead, and keeps the buffers."""
+    """Load the newest model or policy of a run, frozen; `untrained` draws random weights, and keeps the statistics and the stage."""
     config = read_config(run)
 
     def make(statistics: dict[str, Tensor]) -> Trainable:
@@ -192,12 +197,13 @@ def load_trained(run: Path, device: torch.device, *, untrained: bool = False) ->
 
     model = load_network(run, make, device)
     if untrained:
-        saved = model.state_dict().keys()
-        buffers = {name: value for name, value in model.named_buffers() if name in saved}
+        saved = model.state_dict()
+        statistics = _statistics(saved)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(config.get("seed", 0)))
-            model = make({name: value.cpu() for name, value in _statistics(buffers).items()})
-        model.load_state_dict({**model.state_dict(), **buffers})
+            model = make({name: value.cpu() for name, value in statistics.items()})
+        stage = {name: value for name, value in saved.items() if name == "stage"}
+        model.load_state_dict({**model.state_dict(), **statistics, **stage})
         model.to(device).eval().requires_grad_(False)
     return model
 

@@ -29,7 +29,6 @@ def plan_elsewhere(run: Path, simulator: Any, goal_image: np.ndarray, env_steps:
         solver=make_solver("cem", samples=100, elites=10, iterations=5),
         objective=GoalDistance(encoder(goal_image[None]).float(), "all"),
         horizon=5,  # model steps of `frameskip` env steps each
-        frameskip=frameskip,
         device=torch.device(device),
         dtype=torch.float32,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from wmcache.cache import TokenStore
 from wmcache.common.errors import UserError
 from wmcache.planner import graph as graph_module
+from wmcache.planner.context import EvalContext
 from wmcache.planner.graph import LatentGraph
 
 MakeStore = Callable[..., TokenStore]
@@ -146,6 +147,17 @@ def test_the_rest_of_the_batch_does_not_matter(graph: LatentGraph) -> None:
 
 
 class TestBuilding:
+    def test_the_graph_of_some_episodes_is_that_of_a_store_of_them(
+        self, u_shaped: TokenStore, make_store: MakeStore
+    ) -> None:
+        some = LatentGraph.from_store(u_shaped, FRAMESKIP, CPU, np.arange(20))
+        assert same(some, LatentGraph.from_store(make_store(walks()[0][:20]), FRAMESKIP, CPU))
+
+    def test_policies_have_the_graph_of_the_frames_that_they_were_trained_on(self, context: EvalContext) -> None:
+        nodes = {node.tobytes() for node in context.cached_graph.frames.half().cpu().numpy()}
+        seen = context.store.gather(context.store.frames_of("train"))
+        assert nodes <= {frame.tobytes() for frame in seen}
+
     def test_it_depends_on_tokens_and_their_order_alone(
         self, u_shaped: TokenStore, make_store: MakeStore, graph: LatentGraph, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -45,7 +45,7 @@ def plan(model: Any, problem: dict[str, Tensor], keep: float, episodes: slice = 
     """A planner, and its arguments."""
     own = {name: value[episodes] for name, value in problem.items()}
     objective = GoalDistance(own["goal"], "all")
-    mpc = Mpc(model, Cem(16, 4, 3), objective, 2, 5, torch.device("cpu"), torch.float32, keep=keep)
+    mpc = Mpc(model, Cem(16, 4, 3), objective, 2, torch.device("cpu"), torch.float32, keep=keep)
     belief = model.observe(model.start(len(own["goal"])), own["tokens"], own["proprio"], None)
     return mpc, belief, [torch.Generator().manual_seed(i) for i in range(EPISODES)[episodes]]
 

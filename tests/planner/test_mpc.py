@@ -14,7 +14,7 @@ from torch import Tensor
 from wmcache.planner import mpc as mpc_module
 from wmcache.planner.base import Cost
 from wmcache.planner.mpc import Mpc
-from wmcache.planner.objective import MODES, GoalDistance
+from wmcache.planner.objective import GoalDistance
 from wmcache.planner.solvers import SOLVERS, make_solver
 from wmcache.planner.solvers.cem import Cem
 from wmcache.trainer.models import Belief, DataShape, Imagined, WorldModel, rollout
@@ -66,7 +66,7 @@ def make_mpc() -> Mpc:
     """A planner for 4 episodes."""
     goal = torch.rand(4, 1, 2, generator=torch.Generator().manual_seed(4)) * 2 - 1
     solver = Cem(samples=64, elites=8, iterations=5, sigma=0.4)
-    return Mpc(DoubleIntegrator(), solver, GoalDistance(goal, "all"), 5, 2, torch.device("cpu"), torch.float32)
+    return Mpc(DoubleIntegrator(), solver, GoalDistance(goal, "all"), 5, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def imagined(model: Any, solver: str, episodes: slice = slice(None)) -> tuple[Mp
     arguments["previous"] = torch.zeros(len(goal[episodes]), 2, 10).double()
     objective = GoalDistance(goal[episodes].double(), "all", 0.5, proprio[episodes].double())
     device = torch.device("cpu")
-    return Mpc(model, make_solver(solver, **QUICK[solver]), objective, 2, 5, device, torch.float32), arguments
+    return Mpc(model, make_solver(solver, **QUICK[solver]), objective, 2, device, torch.float32), arguments
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS])
@@ -224,7 +224,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["last", "all"])
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 @pytest.mark.parametrize("masked", [False, True])
 def test_each_candidate_is_compared_with_its_own_episodes_goal(mode: str, alpha: float, masked: bool) -> None:

@@ -230,10 +230,11 @@ def go(store_path: Path, tiny: TrainOptions) -> Go:
     return make_go(store_path, replace(tiny, model="rwm", model_options=sizes))
 
 
+@pytest.mark.parametrize("by_signal", [False, True])
 @pytest.mark.parametrize("options", [{"accumulate": 2}, {"model_options": {"ensemble": 2, "tokens": "none"}}], ids=str)
-def test_a_stopped_run_resumes_exactly(go: Go, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_stopped_run_resumes_exactly(go: Go, tmp_path: Path, options: dict[str, Any], by_signal: bool) -> None:
     go(tmp_path / "straight", **options)
-    with stopped_at(6):
+    with stopped_at(6, by_signal=by_signal):
         go(tmp_path / "stopped", **options)
     go(tmp_path / "stopped", **options)
     assert weights_of(tmp_path / "stopped") == weights_of(tmp_path / "straight")
