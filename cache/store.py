@@ -240,12 +240,13 @@ class TokenStore:
         fraction: float = 1.0,
         goals: Goals | None = None,
         whole: bool = False,
+        measured: bool = False,
     ) -> Windows:
         """Return all training windows of a split (see `split_episodes`); raise UserError where no episode is long enough.
 
-        With `goals`, at least one goal follows each window. Where the store has rewards or ends, those of all its frames are known. With
-        `whole`, windows are whole episodes from their first frames on, cut into pieces of at most `history` + `predict` frames (see
-        `episode_pieces`), and no longer than the longest piece.
+        With `goals`, at least one goal follows each window. With `measured`, rewards and ends of all its frames are known, where the store
+        has such. With `whole`, windows are whole episodes from their first frames on, cut into pieces of at most `history` + `predict`
+        frames (see `episode_pieces`), and no longer than the longest piece.
         """
         episodes = self.split(split, seed, fraction)
         if whole:
@@ -254,7 +255,7 @@ class TokenStore:
             return Windows(self, starts, int(lengths.max()) - predict, predict, frameskip, dropped, lengths=lengths)
         span = (history + predict) * frameskip + (goals is not None)
         starts, dropped = window_starts(self.episode, episodes, span)
-        if self.reward is not None or self.terminated is not None:
+        if measured and (self.reward is not None or self.terminated is not None):
             starts = starts[self._are_measured(starts + span - 1)]
         self._require_windows(starts, split, span)
         return Windows(self, starts, history, predict, frameskip, dropped, goals=goals)

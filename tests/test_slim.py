@@ -86,7 +86,7 @@ def test_a_node_trains(store_path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "line", "package"),
     [
-        ("main", "collect --episodes 2", "pyarrow"),
+        ("main", "collect --episodes 2", "mujoco"),
         ("main", "extract --dataset {data}", "pyarrow"),
         ("main", "info s3://bucket/store.zarr", "universal-pathlib"),
     ],

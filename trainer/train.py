@@ -287,7 +287,7 @@ def training_windows(store: TokenStore, options: TrainOptions, kind: type[Traina
     seen, goals = kind.window(chosen, options.history) - 1, kind.goals(chosen)
     settings: dict[str, Any] = {"seed": options.split_seed, "fraction": options.episodes_fraction, "goals": goals}
     whole = kind.whole_episodes(chosen)
-    return store.windows(seen, 1, options.frameskip, "train", whole=whole, **settings)
+    return store.windows(seen, 1, options.frameskip, "train", whole=whole, measured=True, **settings)
 
 
 def validation_windows(store: TokenStore, options: TrainOptions, goals: Goals | None = None) -> Windows:

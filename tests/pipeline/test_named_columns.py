@@ -135,9 +135,9 @@ def test_a_lost_column_is_written_again_by_a_repair(rich: Path, tmp_path: Path) 
 def test_rewards_and_ends_of_windows_are_those_of_env_steps_that_were_taken(rich: Path, tmp_path: Path) -> None:
     # The last row of an episode is that of an env step only where it ended the episode.
     store, last = TokenStore.open(rich), np.cumsum(LENGTHS) - 1
-    assert {*last[np.array(LENGTHS) >= 6]} <= {*(store.windows(1, 1, 3).starts + 5)}
+    assert {*last[np.array(LENGTHS) >= 6]} <= {*(store.windows(1, 1, 3, measured=True).starts + 5)}
     path = make_store(tmp_path, {name: column for name, column in RICH.items() if name != "terminated"})
-    unended = TokenStore.open(path).windows(1, 1, 3)
+    unended = TokenStore.open(path).windows(1, 1, 3, measured=True)
     assert not {*last} & {*(unended.starts + 5)}
     assert {*(last - 1)[np.array(LENGTHS) >= 7]} <= {*(unended.starts + 5)}
 

@@ -169,8 +169,8 @@ def test_without_rewards_and_ends_a_dream_has_goals(maze_run: Path) -> None:
     features = dream.reset(range(4), goals=True)
     train_starts = np.searchsorted(dream.store.episode, dream.store.split("train"))
     assert set(dream.starts) <= set(train_starts)
-    held_out = torch.from_numpy(dream.store.gather(dream.store.frames_of("val"))).float()
-    assert all((held_out == goal).flatten(1).all(1).any() for goal in dream.goal_latents)
+    seen = torch.from_numpy(dream.store.gather(dream.store.frames_of("train"))).float()
+    assert all((seen == goal).flatten(1).all(1).any() for goal in dream.goal_latents)
     goal, std = dream.goal_latents, dream.model.tokens_std
     torch.testing.assert_close(features["goal"], ((goal - dream.model.tokens_mean) / std).flatten(1))
     _, reward, ended = dream.step(torch.zeros(4, 10))

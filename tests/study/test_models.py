@@ -92,7 +92,7 @@ model = "ddp-wm"
 model_options = { width = 16, depth = 1, heads = 2 }
 """
 SYSTEMS = ("transformer", "rssm", "rssm (actor)", "gcbc")
-EARLIER = "d146f513e5d0ff23"
+EARLIER = "a8363e4e816062dd"
 """SHA-256 of all keys of a study without models, before there were any."""
 
 Write = Callable[..., Path]
