@@ -16,7 +16,7 @@ from wmcache.common.jsonfiles import json_digest
 from wmcache.common.paths import AnyPath, names_in, open_to_read, remove_files
 from wmcache.common.reading import reading
 from wmcache.pipeline.options import CollectOptions
-from wmcache.pipeline.steps import Steps
+from wmcache.pipeline.steps import Steps, read_rows
 
 Rows = dict[str, NDArray[Any]]
 """Column -> values, [frames, ...]."""
@@ -43,7 +43,7 @@ class PlayedEpisodes:
         for name in sorted(names_in(self.out, self._prefix)):
             path, hint = self.out / name, "delete it, and run the same command again"
             with reading(path, f"{path} cannot be read", hint), open_to_read(path) as stream:
-                steps = Steps.from_table(pq.read_table(stream), self.described)
+                steps = Steps.from_table(read_rows(pq.ParquetFile(stream)), self.described)
             firsts = np.flatnonzero(steps.step == 0)
             for first, end in zip(firsts, np.append(firsts[1:], len(steps)), strict=True):
                 rows = {column: values[first:end] for column, values in steps.columns.items()}

@@ -157,4 +157,9 @@ def read_steps(path: AnyPath, frames: int | None = None, described: Columns | No
         table = pq.ParquetFile(stream)
         if frames not in (None, rows := table.metadata.num_rows):
             raise UserError(f"{file} has {rows} rows for {frames} frames; {hint}")
-        return Steps.from_table(table.read(), described)
+        return Steps.from_table(read_rows(table), described)
+
+
+def read_rows(table: pq.ParquetFile) -> pa.Table:
+    """Read all rows of an open file. Other threads could still hold it when the interpreter ends, which then aborts now and then."""
+    return table.read(use_threads=False)
