@@ -21,7 +21,7 @@ from wmcache.common.errors import UserError
 from wmcache.common.paths import AnyPath
 from wmcache.common.progress import seconds_between_updates
 from wmcache.trainer.models import WorldModel, rollout
-from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import data_split, load_model, open_store, read_config, read_identity
 
 Float = NDArray[np.float64]
 Part = Literal["latents", "proprio"]
@@ -140,7 +140,7 @@ def _open(
     settings = []
     for run in runs:
         config, (_, identity) = read_config(run), read_identity(run)
-        settings.append((int(config["frameskip"]), int(config.get("split_seed", 42))))
+        settings.append((int(config["frameskip"]), data_split(config)[0]))
         different = read_identity(runs[0])[1].differences(identity)
         different += [
             f"--{flag} {one} != {two}"

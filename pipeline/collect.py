@@ -46,6 +46,8 @@ def played_steps(out: AnyPath, options: CollectOptions, described: dict[str, Col
         steps = FrameDataset.open(out).steps
     else:
         steps = read_steps(out, described=described)
+    if not steps.in_order():
+        raise UserError(f"{out / 'steps.parquet'} is damaged; collect into another --out")
     lengths = np.bincount(steps.episode)
     ended = np.zeros(len(steps), bool)
     for name in ENDS:

@@ -177,9 +177,11 @@ def _header(name: str, fingerprint: str, frames: int, options: FitOptions) -> di
 
 def _measure_landscape(dataset: FrameDataset, name: str, weights: Path, device: str) -> Landscape | None:
     state, card = dataset.steps.state, dataset.card
-    if state is None or state.shape[1] < 2 or open_known_geometry(card.env, card.layout, dataset.path) is None:
+    if state is None or state.shape[1] < 2:
         return None
-    return probe_landscape(dataset, encoders.create(name, weights=weights, device=device))
+    if (geometry := open_known_geometry(card.env, card.layout, dataset.path)) is None:
+        return None
+    return probe_landscape(dataset, encoders.create(name, weights=weights, device=device), geometry)
 
 
 def read_fit(weights: Path) -> dict[str, str]:

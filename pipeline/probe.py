@@ -62,16 +62,13 @@ class Landscape:
     stuck: float
 
 
-def probe_landscape(dataset: FrameDataset, encoder: Encoder) -> Landscape:
-    """Measure an encoder on held-out frames of a dataset whose geometry is known; raises UserError where it has no state."""
+def probe_landscape(dataset: FrameDataset, encoder: Encoder, geometry: Geometry) -> Landscape:
+    """Measure an encoder on held-out frames of a dataset with this geometry; raises UserError where it has no state."""
     if (state := dataset.steps.state) is None:
         raise UserError(f"{dataset.path} has no column with the role state, which the probe needs")
     chosen = _sample(dataset.steps.episode, "val", PROBED_FRAMES)
     parts = np.array_split(read_for(encoder, dataset, chosen), max(1, len(chosen) // 64))
     tokens = torch.cat([encoder(part).float().cpu() for part in parts]).flatten(1).double().numpy()
-    geometry = open_known_geometry(dataset.card.env, dataset.card.layout, dataset.path)
-    if geometry is None:
-        raise UserError(f"{dataset.path}: no geometry of environment {dataset.card.env} is known")
     return measure_landscape(squared_distances(tokens, tokens), state[chosen], geometry)
 
 
@@ -129,12 +126,12 @@ def open_known_geometry(name: Any, layout: Any, where: AnyPath) -> Geometry | No
         UserError: the layout is invalid.
     """
     if not layout:
-        # The names of imported frames are anything, and some would import a package.
-        if split_name(str(name))[0] not in ENVIRONMENTS:
-            return None
         try:
+            # The names of imported frames are anything, and some would import a package.
+            if split_name(str(name))[0] not in ENVIRONMENTS:
+                return None
             opened = open_environment(str(name))
-        except UserError:  # not installed
+        except UserError:  # no name of a distraction, or not installed
             return None
         opened.close()
         return None if opened.spec.layout else opened.geometry

@@ -77,11 +77,12 @@ def collect(
     context, plan = _load(folder, options, plan or PlanOptions())
     options = replace(options, policy=_describe(context, plan, options))
     task = PlayBatch(context.run.absolute(), plan, options, absolute(out), context.frameskip)
-    if (steps := behaviour.played_steps(out, options, task.saved.described)) is None:
+    saved = task.saved(context)
+    if (steps := behaviour.played_steps(out, options, saved.described)) is None:
         behaviour.check_drawing(replace(behaviour.player_of(options), policy="random"), options, out)
-        steps = _play_all(task.with_state(context), cluster)
+        steps = _play_all(task.with_state(context), saved, cluster)
     card = behaviour.draw_dataset(out, options, steps, cluster)
-    task.saved.remove()
+    saved.remove()
     return card
 
 
@@ -161,7 +162,7 @@ class PlayBatch(WorkerTask[range, EvalContext]):
 
     def run(self, state: EvalContext, item: range) -> int:
         """Play episodes of these numbers; returns their decisions."""
-        self.saved.save(play_batch(state, self.plan, self.options, item))
+        self.saved(state).save(play_batch(state, self.plan, self.options, item))
         return self.decisions(item)
 
     def decisions(self, episodes: range) -> int:
@@ -169,16 +170,14 @@ class PlayBatch(WorkerTask[range, EvalContext]):
         chunk = self.plan.execute * self.frameskip
         return len(episodes) * sum(-(-steps // chunk) for steps in leg_lengths(self.plan, self.options.length))
 
-    @property
-    def saved(self) -> PlayedEpisodes:
-        """The batches that were played."""
-        described = behaviour.player_of(self.options).open().spec.columns
-        return PlayedEpisodes(as_path(self.out), self.options, described)
+    def saved(self, context: EvalContext) -> PlayedEpisodes:
+        """Return the batches that were played."""
+        return PlayedEpisodes(as_path(self.out), self.options, context.env.spec.columns)
 
 
-def _play_all(task: PlayBatch, cluster: str) -> Steps:
+def _play_all(task: PlayBatch, saved: PlayedEpisodes, cluster: str) -> Steps:
     """Play the batches that are missing; returns the step table of all episodes."""
-    episodes, saved = range(task.options.episodes), task.saved
+    episodes = range(task.options.episodes)
     batches = [episodes[first : first + EPISODES_AT_ONCE] for first in episodes[::EPISODES_AT_ONCE]]
     pending = [batch for batch in batches if not exists(saved.file(batch.start))]
     total = sum(map(task.decisions, pending))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from wmcache.planner.options import SOURCES, TASKS, PlanOptions, absolute_file, 
 from wmcache.planner.policies import PLAN_POLICIES, make_policy
 from wmcache.planner.reach import FrameTask, frame_tasks
 from wmcache.planner.world import states_of, world_name
+from wmcache.trainer.runs import data_split
 
 
 def run_episodes(context: EvalContext, options: PlanOptions, numbers: Iterable[int]) -> Episodes:
@@ -121,7 +123,7 @@ def tasks_of(context: EvalContext, options: PlanOptions, numbers: Sequence[int])
         tasks = [env.sample_task(np.random.default_rng(99 * number + 1), goal=False) for number in numbers]
         env.close()
         return tasks
-    split_seed = int(context.config.get("split_seed", 42))
+    split_seed, _ = data_split(context.config)
     steps, success = context.goal_steps(options), context.success
     if success.named:
         apart = max((options.threshold or 0.0) if options.strict else 0.0, options.min_distance)
@@ -240,6 +242,12 @@ def summarise(context: EvalContext, options: PlanOptions, episodes: Episodes) ->
         "options": asdict(options),
         "resolved": context.resolved(options),
     }
+
+
+def remove_unfinished(out: Path) -> None:
+    """Delete the saved batches of evaluations whose results in `out` are complete."""
+    for unfinished in out.glob("unfinished-*"):
+        shutil.rmtree(unfinished)
 
 
 def _judge_return(episodes: Episodes) -> tuple[dict[str, Any], Callable[[Episodes], Any]]:

@@ -35,7 +35,7 @@ from wmcache.trainer.decoder import load_decoder, read_decoder_config
 from wmcache.trainer.decoders import Decoder
 from wmcache.trainer.metrics import MOVING, ImageMetrics, Images, summarise, to_pixels, to_unit
 from wmcache.trainer.models import WorldModel, rollout
-from wmcache.trainer.runs import load_model, open_store, read_config, read_identity
+from wmcache.trainer.runs import data_split, load_model, open_store, read_config, read_identity
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -142,7 +142,7 @@ def _load(run: Path, device: torch.device, context: int | None) -> WorldModel:
 def _open(run: Path, decoder: Path | None, cache: AnyPath | None, steps: int) -> tuple[TokenStore, Windows]:
     """Open the store of a run and a decoder that belong together, and its held-out windows."""
     config, identity = read_config(run), read_identity(run)[1]
-    frameskip, split = int(config["frameskip"]), int(config.get("split_seed", 42))
+    frameskip, (split, _) = int(config["frameskip"]), data_split(config)
     different = [] if decoder is None else [*identity.differences(read_identity(decoder)[1])]
     if decoder is not None and split != (other := read_decoder_config(decoder)["split_seed"]):
         different.append(f"held-out episodes, --split-seed {other} != {split}")

@@ -7,7 +7,6 @@ import json
 import math
 import platform
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -40,12 +39,14 @@ from wmcache.envs import Geometry
 from wmcache.pipeline.encoders.changes import changes_for
 from wmcache.planner.context import EvalContext
 from wmcache.planner.episodes import Episodes
+from wmcache.planner.evaluate import remove_unfinished
 from wmcache.planner.graph import LatentGraph
 from wmcache.planner.judge import env_steps, wilson
 from wmcache.planner.options import DRAWN, TASKS, PlanOptions
 from wmcache.planner.videos import SIDE, write_videos
 from wmcache.planner.world import draw_states, open_world
 from wmcache.trainer.models import Localizes
+from wmcache.trainer.runs import data_split
 
 PICTURED_STEPS = 8
 MOST_STEPS = 40
@@ -71,13 +72,13 @@ def write_report(
     """Write all files of a plan, and return the content of results.json: `results`, and when and where they were made."""
     results = {**results, "made": describe_making(context.device)}
     options, actors, env = results["options"], actors_of(results), context.env
-    geometry, thresholds = context.success.geometry, [judged["threshold"] for judged in results.get("by_threshold", ())]
-    write_episodes(out / "episodes.parquet", episodes, thresholds, options["seed"])
+    geometry = context.success.geometry
+    write_episodes(out / "episodes.parquet", episodes, results)
     pictures = {"training": draw_training(run)}
     if context.by_return:
         pictures["returns"] = draw_returns(episodes)
     else:
-        pictures["success"] = draw_success(episodes, thresholds)
+        pictures["success"] = draw_success(episodes, _thresholds(results))
     if geometry:
         pictures["distance"] = draw_distance_map(context.store, context.graph)
         pictures["paths"] = draw_paths(episodes, geometry, results["threshold"])
@@ -108,8 +109,7 @@ def write_report(
         identity=json.dumps(context.store.identity.to_json(), indent=2),
     )
     write_json(out / "results.json", results)  # last, so that its presence means that the rest is complete
-    for unfinished in out.glob("unfinished-*"):
-        shutil.rmtree(unfinished)
+    remove_unfinished(out)
     return results
 
 
@@ -166,17 +166,17 @@ def describe_making(device: torch.device) -> dict[str, str]:
     return {"wmcache": __version__, "date": date, "machine": ", ".join(parts)}
 
 
-def write_episodes(path: Path, episodes: Episodes, thresholds: Sequence[float], first: int = 0) -> None:
-    """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold (-1: never).
+def _thresholds(results: dict[str, Any]) -> list[float]:
+    return [judged["threshold"] for judged in results.get("by_threshold", ())]
 
-    Args:
-        first: number of the first episode.
-    """
-    columns: dict[str, Any] = {"episode": first + np.arange(len(episodes.start))}
+
+def write_episodes(path: Path, episodes: Episodes, results: dict[str, Any]) -> None:
+    """Write a row per episode: start, goal, the states after each env step, and env steps to each threshold of `results` (-1: never)."""
+    columns: dict[str, Any] = {"episode": results["options"]["seed"] + np.arange(len(episodes.start))}
     columns |= {"start": list(episodes.start), "goal": list(episodes.goal)}
     if episodes.rewards.size:
         columns |= {"return": episodes.rewards.sum(1), "rewards": list(episodes.rewards)}
-    for threshold in thresholds:
+    for threshold in _thresholds(results):
         reached = (episodes.distances() < threshold).any(1)
         columns[f"env_steps_{threshold}"] = np.where(reached, env_steps(episodes, threshold), -1)
     columns["states"] = [states.tolist() for states in episodes.states]
@@ -337,7 +337,7 @@ def locate(context: EvalContext) -> tuple[NDArray[np.uint8], dict[str, NDArray[n
     """Mark the patches of a held-out episode; returns frames [T, S, S, 3], and masks [T - 1, N] by the names of MASK_COLOURS."""
     store, frameskip, model = context.store, context.frameskip, context.model
     assert isinstance(model, Localizes)
-    seed = int(context.config.get("split_seed", 42))
+    seed, _ = data_split(context.config)
     steps = max(1, min(MOST_STEPS, store.longest_episode("val", seed=seed) // frameskip - 1))
     windows, first = store.windows(1, steps, frameskip, "val", seed=seed), np.zeros(1, int)
     batch = {name: torch.from_numpy(value).to(context.device) for name, value in windows.batch(first).items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -34,7 +33,7 @@ from wmcache.pipeline.options import EncoderOptions
 from wmcache.pipeline.pictures import draw_probe
 from wmcache.pipeline.probe import probe
 from wmcache.planner.context import EvalContext
-from wmcache.planner.evaluate import evaluate
+from wmcache.planner.evaluate import evaluate, remove_unfinished
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.study.models import UNTRAINED
@@ -82,6 +81,11 @@ class Cell:
     inputs: Mapping[str, Cell] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     how: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All settings that the work takes."""
+        return {**self.settings, **self.how}
 
     @functools.cached_property
     def key(self) -> str:
@@ -133,8 +137,7 @@ def do_cell(work: Workspace, cell: Cell, *, resumed: bool, shared: Mapping[str, 
     inputs = {role: f"{other.stage}-{other.key}" for role, other in cell.inputs.items()}
     known = {"stage": cell.stage, "label": cell.label, "settings": cell.settings, "inputs": inputs}
     write_json(work.file(cell), {**known, "seconds": seconds, "resumed": resumed, "result": result})
-    for unfinished in work.product(cell).glob("unfinished-*"):
-        shutil.rmtree(unfinished)
+    remove_unfinished(work.product(cell))
 
 
 def create_encoder(work: Workspace, cell: Cell) -> Encoder:
@@ -210,7 +213,7 @@ def _probe(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
-    run, options = work.product(cell), TrainOptions(**{**cell.settings, **cell.how})
+    run, options = work.product(cell), TrainOptions(**cell.arguments)
     path = work.product(cell.inputs["extract"])
     train(path, run, options)
     store, device = TokenStore.open(path), choose_device(options.device)
@@ -229,17 +232,13 @@ def _train(work: Workspace, cell: Cell) -> dict[str, Any]:
 
 
 def _actor(work: Workspace, cell: Cell) -> dict[str, Any]:
-    run, out, options = (
-        work.product(cell.inputs["train"]),
-        work.product(cell),
-        ActorOptions(**{**cell.settings, **cell.how}),
-    )
+    run, out, options = work.product(cell.inputs["train"]), work.product(cell), ActorOptions(**cell.arguments)
     found = train_actor(run, out, options, cache=work.product(cell.inputs["extract"]))
     return {**found, "parameters": _count(load_actor(out, run, choose_device(options.device))[1].actor)}
 
 
 def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
-    out, settings, extracted = work.product(cell), {**cell.settings, **cell.how, **cell.files}, cell.inputs["extract"]
+    out, settings, extracted = work.product(cell), {**cell.arguments, **cell.files}, cell.inputs["extract"]
     untrained = settings.pop(UNTRAINED, False)
     if actor := cell.inputs.get("actor"):
         settings["policy"] = str(work.product(actor))
@@ -248,8 +247,8 @@ def _plan(work: Workspace, cell: Cell) -> dict[str, Any]:
     where = {"weights": _weights_of(work, extracted), "cache": work.product(extracted)}
     setting = EvalContext(work.product(cell.inputs["train"]), options, **where, untrained=untrained)
     episodes, results = evaluate(setting, options, out)
+    write_episodes(out / "episodes.parquet", episodes, results)
     thresholds = [judged["threshold"] for judged in results["by_threshold"]]
-    write_episodes(out / "episodes.parquet", episodes, thresholds, options.seed)
     distances = episodes.distances()
     return {**results, "reached": {str(at): (distances < at).any(1).astype(int).tolist() for at in thresholds}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from wmcache.pipeline.fit import fit
 from wmcache.pipeline.frames import FrameDataset
 from wmcache.planner.context import EvalContext
 from wmcache.planner.controllers.options import ControllerOptions
-from wmcache.planner.evaluate import evaluate
+from wmcache.planner.evaluate import evaluate, remove_unfinished
 from wmcache.planner.options import PlanOptions
 from wmcache.planner.report import write_episodes
 from wmcache.planner.videos import write_videos
@@ -132,13 +131,11 @@ def evaluate_part(
     plan = plan if baselines else replace(plan, baselines="")
     context = EvalContext(run, plan)
     episodes, found = evaluate(context, plan, out, cluster)
-    thresholds = [judged["threshold"] for judged in found.get("by_threshold", ())]
-    write_episodes(out / "episodes.parquet", episodes, thresholds, plan.seed)
+    write_episodes(out / "episodes.parquet", episodes, found)
     if videos:
         write_videos(out / "videos", episodes, context, context.settled(plan), videos)
     write_json(out / "results.json", found)
-    for unfinished in out.glob("unfinished-*"):
-        shutil.rmtree(unfinished)
+    remove_unfinished(out)
 
 
 def figures_of(results: Row) -> Row:

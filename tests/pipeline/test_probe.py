@@ -167,7 +167,7 @@ def test_velocities_in_tokens_are_found_and_a_channel_that_never_changes_divides
 
 
 def test_the_landscape_is_that_of_the_encoder(store_path: Path, dataset: FrameDataset, encoder: Encoder) -> None:
-    live, cached = probe_landscape(dataset, encoder), probe(store_path, frames=100)
+    live, cached = probe_landscape(dataset, encoder, Maze.load("UMaze")), probe(store_path, frames=100)
     assert probe(store_path, frames=100) == cached
     assert cached.spearman == pytest.approx(live.spearman, abs=1e-3)
     assert cached.stuck == pytest.approx(live.stuck, abs=0.02)
